@@ -13,6 +13,7 @@ import marble_jax  # noqa: F401
 from marble_jax.flow.guided_policy import GuidedConditioning, guided_policy, repeated
 from marble_jax.flow.policy_sampler import make_transition_sampler
 from marble_jax.flow.stochastic import stochastic_table
+from marble_jax.harmonize.balancers import Fixed
 from marble_jax.harmonize.registry import BALANCERS, make_balancer
 from marble_jax.objectives.policy_gradient import PolicyGradient
 from marble_jax.streams import Stream, stream_key
@@ -28,14 +29,15 @@ WINDOW, START, CLIP_RANGE, KL_WEIGHT = 2, 1, 0.01, 0.4
 MICRO_BATCH = 3
 
 
-def recipe_of(updates=2, on_policy=False, table=TABLE):
+def recipe_of(updates=2, on_policy=False, table=TABLE, **harmonization):
+    """Other keywords are those of `Harmonization`."""
     objective = PolicyGradient(
         has_density=table.has_density,
         on_policy=on_policy,
         clip_range=0.0 if on_policy else CLIP_RANGE,
         kl_weight=KL_WEIGHT,
     )
-    made = toy.recipe(objective=objective, micro_batch=MICRO_BATCH, chunk=3)
+    made = toy.recipe(objective=objective, micro_batch=MICRO_BATCH, chunk=3, **harmonization)
     timesteps = Timesteps(toy.SIGMAS, WINDOW, table, WINDOW)
     return dataclasses.replace(made, timesteps=timesteps, updates=updates)
 
@@ -203,20 +205,27 @@ def test_rounding_clips_nothing_in_the_first_of_several_updates():
     off = 0.05 * toy.normal(np.random.default_rng(9), *batch.kept.log_prob.shape)
     batch = batch.replace(kept=batch.kept.replace(log_prob=batch.kept.log_prob + off))
 
-    def first_update(recipe, state):
-        run = jax.jit(exact_step(before_last(recipe), toy.velocity, toy.optimizer()))
-        return run(state, toy.base_params(), batch)
+    def first_update(recipe):
+        return jax.jit(exact_step(before_last(recipe), toy.velocity, toy.optimizer()))
 
-    found, metrics = first_update(recipe_of(), state)
-    expected, figures = first_update(recipe_of(on_policy=True), state)
+    clipped = first_update(recipe_of())
+    found, metrics = clipped(state, toy.base_params(), batch)
+    on_policy = first_update(recipe_of(on_policy=True))
+    expected, figures = on_policy(state, toy.base_params(), batch)
     toy.assert_close(found.current, expected.current, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(metrics["objective/ratio"], figures["objective/ratio"], rtol=1e-5)
     assert float(metrics["objective/outside_clip_range"]) > 0.5
     # A policy that is not the one that sampled, if by a hair, is held by the clip.
     hair = state.replace(rollout=jax.tree.map(lambda leaf: leaf * (1 + 1e-6), state.current))
-    held, _ = first_update(recipe_of(), hair)
+    held, _ = clipped(hair, toy.base_params(), batch)
     gaps = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), held.current, expected.current)
     assert max(jax.tree.leaves(gaps)) > 1e-4
+
+
+@functools.cache
+def _on_policy_step():
+    """The compiled step on the toy's own velocity, which two tests run."""
+    return jax.jit(exact_step(recipe_of(updates=1, on_policy=True), toy.velocity, toy.optimizer()))
 
 
 def test_an_on_policy_step_equals_the_torch_twin():
@@ -228,29 +237,65 @@ def test_an_on_policy_step_equals_the_torch_twin():
     part = joined_part(torch_twin, state, batch, recipe)
     found, alpha, scale, kl = twin.harmonised(part)
     norm = twin.finish(sum(alpha[k] * scale[k] * g for k, g in found.items()) + KL_WEIGHT * kl)
-    run = jax.jit(exact_step(recipe, toy.velocity, toy.optimizer()))
-    after, metrics = run(state, toy.base_params(), batch)
+    after, metrics = _on_policy_step()(state, toy.base_params(), batch)
     np.testing.assert_allclose(metrics["training/grad_norm"], norm, rtol=5e-4)
     toy.assert_close(after.current, torch_twin.arrays(twin.current), rtol=5e-4, atol=5e-6)
     assert abs(float(metrics["objective/ratio"]) - 1.0) < 1e-5
     assert float(metrics["objective/log_prob_gap"]) < 1e-5
 
 
+def _balanced_by(balancer):
+    """A recipe whose remembered alpha is that of the last solve alone."""
+    return recipe_of(updates=1, rho=0.0, balancer=balancer)
+
+
+@functools.cache
+def _off_policy():
+    """A state and its rollouts, with the clip active."""
+    state = near(toy.new_state())
+    return state, new_batch(state)
+
+
+@functools.cache
+def _sums():
+    """What the loops of a full step come to. A balancer has no part in them: they are compiled once for all."""
+    step = exact_step(_balanced_by(Fixed()), toy.velocity, toy.optimizer())
+
+    @jax.jit
+    def loops(state, params, batch):
+        parts = step.open(state, params, batch)
+        carries = ()
+        for loop in step.loops(parts.count):
+            carries += (loop.whole(parts, carries),)
+        return carries
+
+    state, batch = _off_policy()
+    return loops(state, toy.base_params(), batch)
+
+
+@functools.cache
+def _between():
+    """The compiled amortized step. It goes by the alpha of the state, whatever solved for it."""
+    return jax.jit(amortized_step(_balanced_by(Fixed()), toy.velocity, toy.optimizer()))
+
+
 @pytest.mark.parametrize("name", sorted(BALANCERS))
 def test_an_amortized_step_is_a_full_step_with_the_same_weights(name):
     """Off policy, with the clip active: a combined advantage would be clipped otherwise."""
-    recipe, state = recipe_of(updates=1), near(toy.new_state())
-    batch = new_batch(state)
     own = {"alpha": (0.5, 0.2, 0.3)} if name == "fixed" else {}
-    balancer = make_balancer(name, **own)
-    harmonization = dataclasses.replace(recipe.harmonization, rho=0.0, balancer=balancer)
-    recipe = dataclasses.replace(recipe, harmonization=harmonization)
-    full = jax.jit(exact_step(recipe, toy.velocity, toy.optimizer()))
-    between = jax.jit(amortized_step(recipe, toy.velocity, toy.optimizer()))
-    solved, _ = full(state, toy.base_params(), batch)
+    recipe = _balanced_by(make_balancer(name, **own))
+    step = exact_step(recipe, toy.velocity, toy.optimizer())
+
+    @jax.jit
+    def finish(state, params, batch, carries):
+        parts = step.open(state, params, batch)
+        return step.finish(parts, carries)
+
+    state, batch = _off_policy()
+    solved, _ = finish(state, toy.base_params(), batch, _sums())
     # Alpha of the solve, remembered: the step in between has the weights of the full one.
     remembered = dataclasses.replace(state, alpha=solved.alpha)
-    after, _ = between(remembered, toy.base_params(), batch)
+    after, _ = _between()(remembered, toy.base_params(), batch)
     toy.assert_close(after.current, solved.current, rtol=1e-4, atol=1e-6)
     moved = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), solved.current, state.current)
     assert max(map(float, jax.tree.leaves(moved))) > 1e-4
@@ -279,9 +324,7 @@ def test_guidance_is_part_of_the_policy_that_is_trained():
     want, _ = jax.jit(exact_step(recipe, by_hand, toy.optimizer()))(state, toy.base_params(), plain)
     toy.assert_close(after.current, want.current, rtol=1e-4, atol=1e-6)
     assert float(metrics["objective/log_prob_gap"]) < 1e-5
-    alone, _ = jax.jit(exact_step(recipe, toy.velocity, toy.optimizer()))(
-        state, toy.base_params(), plain
-    )
+    alone, _ = _on_policy_step()(state, toy.base_params(), plain)
     gap = max(
         float(jnp.max(jnp.abs(a - b)))
         for a, b in zip(jax.tree.leaves(after.current), jax.tree.leaves(alone.current))
