@@ -77,19 +77,31 @@ def same_policy(record: Mapping[str, Any]) -> float:
     return float(same)
 
 
-def became_regression(same: Sequence[float]) -> str:
+def steps_alike_by_schedule(schedule: str, delay: int) -> int:
+    """Optimiser steps for which a schedule of the rollout policy keeps it the trained one, to leave it afterwards.
+
+    Args:
+      schedule: `rollout_policy.schedule`.
+      delay: `rollout_policy.delay`, which one of the schedules has.
+    """
+    return delay if schedule == "delayed_linear" else 0
+
+
+def became_regression(same: Sequence[float], by_schedule: int = 0) -> str:
     """What is wrong if the trained policy never left the rollout policy; "" if it did.
 
     Args:
       same: `same_policy` by optimiser step, from the first on.
+      by_schedule: steps at the beginning at which the two are meant to be one, see `steps_alike_by_schedule`.
     """
-    # Before the first update the two are the same.
-    later = [value for value in same[1:] if not math.isnan(value)]
+    # Before the first update the two are the same in any case.
+    first = by_schedule + 1
+    later = [value for value in same[first:] if not math.isnan(value)]
     if len(later) < STEPS_ALIKE or not all(later):
         return ""
     return (
-        f"the rollout policy was the trained one at each of {len(later)} steps after the first: nothing but weighted "
-        "regression on the rollouts is left of the objective; look at rollout_policy.schedule, rate and delay"
+        f"the rollout policy was the trained one at each of the last {len(later)} steps: nothing but weighted "
+        "regression on the rollouts is left of the objective; look at rollout_policy.schedule and rate"
     )
 
 
@@ -99,10 +111,11 @@ class PolicyWatch:
     Args:
       limit: see `gap_limit`.
       say: called with a line of warning.
+      by_schedule: see `became_regression`.
     """
 
-    def __init__(self, limit: float, say: Callable[[str], object]):
-        self._limit, self._say = limit, say
+    def __init__(self, limit: float, say: Callable[[str], object], by_schedule: int = 0):
+        self._limit, self._say, self._by_schedule = limit, say, by_schedule
         self._same: list[float] = []
         self._told: set[str] = set()
 
@@ -111,7 +124,7 @@ class PolicyWatch:
         self._same.append(same_policy(record))
         for kind, text in (
             ("apart", disagreement(record, self._limit)),
-            ("alike", became_regression(self._same)),
+            ("alike", became_regression(self._same, self._by_schedule)),
         ):
             if text and kind not in self._told:
                 self._told.add(kind)

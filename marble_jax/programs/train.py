@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from marble_jax import distributed, platform
-from marble_jax.agreement import PolicyWatch, gap_limit
+from marble_jax.agreement import PolicyWatch, gap_limit, steps_alike_by_schedule
 from marble_jax.config import Settings, flatten
 from marble_jax.console import Console
 from marble_jax.distributed import accelerators, probe
@@ -255,7 +255,9 @@ class Session:
         settings = run.settings
         constants = settings.policy_gradient
         limit = gap_limit(settings.model.dtype, constants.clip_range, constants.form)
-        self._policies = PolicyWatch(limit, console.say)
+        policy = settings.rollout_policy
+        by_schedule = steps_alike_by_schedule(policy.schedule, policy.delay)
+        self._policies = PolicyWatch(limit, console.say, by_schedule)
         # One process writes for all.
         self._writer = MetricWriter.silent()
         if distributed.is_first():

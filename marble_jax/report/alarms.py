@@ -312,7 +312,8 @@ def _failures(evaluation: dict[str, Any]) -> dict[str, float]:
 def _policies_alike_or_apart(records: Records) -> list[Alarm]:
     """Policies that agree where they must not, or do not where they must."""
     raised = []
-    alike = agreement.became_regression([_same_policy(row) for row in records.rows])
+    same = [_same_policy(row) for row in records.rows]
+    alike = agreement.became_regression(same, _steps_alike_by_schedule(records))
     if alike:
         raised.append(
             Alarm("alarm", "The rollout policy is the trained one", f"In this run {alike}.")
@@ -332,6 +333,15 @@ def _same_policy(row: Mapping[str, Any]) -> float:
     """Returns `agreement.same_policy` of a record, in which null, text and the like are no numbers."""
     keys = ("objective/velocity_gap", "rollout_policy/is_trained")
     return agreement.same_policy({key: number(row.get(key)) for key in keys})
+
+
+def _steps_alike_by_schedule(records: Records) -> int:
+    """Returns the steps for which the rollout policy was to be the trained one; 0 where that is not on record."""
+    delay = number(records.configured("rollout_policy.delay"))
+    if not math.isfinite(delay):
+        return 0
+    schedule = str(records.configured("rollout_policy.schedule"))
+    return agreement.steps_alike_by_schedule(schedule, int(delay))
 
 
 def _gap_limit(records: Records) -> float:

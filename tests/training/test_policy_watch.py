@@ -7,7 +7,12 @@ import pytest
 import toy_policy as toy
 import toy_run
 
-from marble_jax.agreement import PolicyWatch, same_policy
+from marble_jax.agreement import (
+    PolicyWatch,
+    became_regression,
+    same_policy,
+    steps_alike_by_schedule,
+)
 from marble_jax.console import Console
 from marble_jax.trainable.averaging import rollout_decay
 from marble_jax.training.iteration import Iteration, Sampling
@@ -51,13 +56,22 @@ def test_a_rollout_policy_that_is_always_the_trained_one_is_told_once():
     assert all(record["objective/velocity_gap"] < 1e-10 for record in records[1:])
     ((seen, line),) = said
     assert seen == 21 and line.startswith("warning: ") and "\n" not in line
-    assert "at each of 20 steps after the first" in line and "weighted regression" in line
+    assert "at each of the last 20 steps" in line and "weighted regression" in line
 
 
 def test_a_rollout_policy_that_lags_behind_is_not():
     records, said = watched_run("linear_capped")
     assert [same_policy(record) for record in records] == [0.0] * NUM_STEPS
     assert said == []
+
+
+def test_steps_that_a_schedule_means_to_be_alike_do_not_count():
+    """Of 100 steps alike, 76 are those of the published delay and the first; a schedule without one has no excuse."""
+    assert steps_alike_by_schedule("copy", 75) == steps_alike_by_schedule("linear_capped", 75) == 0
+    delayed = steps_alike_by_schedule("delayed_linear", 75)
+    assert became_regression([1.0] * 95, delayed) == ""
+    assert "each of the last 20 steps" in became_regression([1.0] * 96, delayed)
+    assert "each of the last 94 steps" in became_regression([1.0] * 95)
 
 
 @pytest.mark.parametrize("gap", [None, float("nan")])
