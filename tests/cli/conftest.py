@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import small_run
 
 from marble_jax.cli.main import main
+
+
+@pytest.fixture(scope="session")
+def two_blocks(tmp_path_factory):
+    """The embedded pipeline with two blocks of its transformer, for draws whose images nobody judges."""
+    model = tmp_path_factory.mktemp("two_blocks") / "pipeline"
+    shutil.copytree(small_run.EMBEDDED, model)
+    small_run.cut_transformer(model)
+    return model
 
 
 @pytest.fixture

@@ -59,6 +59,18 @@ def make_pipeline(folder: Path) -> Path:
     (model / "model_index.json").write_text(
         json.dumps(index | dict.fromkeys(("text_encoder_3", "tokenizer_3"), [None, None]))
     )
+    cut_transformer(model)
+    (folder / "rewards").mkdir()
+    (folder / "rewards" / "rewards.json").write_text(
+        json.dumps(
+            {"brightness": {"kind": "brightness"}, "jpeg": {"kind": "jpeg_incompressibility"}}
+        )
+    )
+    return folder
+
+
+def cut_transformer(model: Path) -> None:
+    """Leaves two blocks of the transformer of a copy of the embedded pipeline."""
     file = model / "transformer" / "config.json"
     config = json.loads(file.read_text()) | {"num_layers": len(BLOCKS), "dual_attention_layers": []}
     file.write_text(json.dumps(config))
@@ -72,13 +84,6 @@ def make_pipeline(folder: Path) -> Path:
             kept[name.replace(block[0], f"transformer_blocks.{BLOCKS[block[1]]}.", 1)] = value
     file.unlink()
     safetensors.save_file(kept, file)
-    (folder / "rewards").mkdir()
-    (folder / "rewards" / "rewards.json").write_text(
-        json.dumps(
-            {"brightness": {"kind": "brightness"}, "jpeg": {"kind": "jpeg_incompressibility"}}
-        )
-    )
-    return folder
 
 
 def free_port() -> int:

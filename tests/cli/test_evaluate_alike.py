@@ -27,10 +27,11 @@ def _new_run(folder: Path, **settings: object) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, two_blocks):
     """A run at 48 x 80, where the model draws 64 x 64 by itself, with fewer text tokens and its own evaluations."""
     return _new_run(
         tmp_path_factory.mktemp("runs") / "run",
+        model__path=two_blocks,
         model__height=48,
         model__width=80,
         model__max_sequence_length=9,
@@ -46,12 +47,14 @@ def prompts(tmp_path_factory):
     return file
 
 
-def test_a_base_of_another_native_size_is_drawn_as_the_run_is(run, prompts, tmp_path, capsys):
-    """The run's base model and the same model by its name have the same weights: alike, they draw the same images."""
+def test_a_base_of_another_native_size_is_drawn_as_the_run_is(
+    run, two_blocks, prompts, tmp_path, capsys
+):
+    """The run's base model and the same model by its place have the same weights: alike, they draw the same images."""
     out = tmp_path / "out"
     command = [
         "evaluate",
-        f"--models=named=embedded,base={run}:base",
+        f"--models=named={two_blocks},base={run}:base",
         f"--prompts={prompts}",
         "--no_score",
         "--batch=2",
@@ -73,9 +76,15 @@ def test_a_base_of_another_native_size_is_drawn_as_the_run_is(run, prompts, tmp_
     assert "evaluations of the training run" in page and "64 x 64 px, not drawn at" in page
 
 
-def test_a_run_s_whole_timesteps_and_streams_are_its_evaluation_s(prompts, tmp_path, capsys):
+def test_a_run_s_whole_timesteps_and_streams_are_its_evaluation_s(
+    two_blocks, prompts, tmp_path, capsys
+):
     """Whole timesteps draw other images; the plain model follows the run, and a folder of other ones is refused."""
-    exact = {"evaluation__num_steps": 3, "evaluation__solver": "dpm2"}
+    exact = {
+        "model__path": two_blocks,
+        "evaluation__num_steps": 3,
+        "evaluation__solver": "dpm2",
+    }
     whole = {
         **exact,
         "evaluation__integer_timesteps": True,
@@ -86,7 +95,7 @@ def test_a_run_s_whole_timesteps_and_streams_are_its_evaluation_s(prompts, tmp_p
     for name, settings in (("exact", {**exact, "model__dtype": "bfloat16"}), ("whole", whole)):
         run = _new_run(tmp_path / f"run_{name}", **settings)
         out = tmp_path / name
-        models = f"--models=named=embedded,base={run}:base"
+        models = f"--models=named={two_blocks},base={run}:base"
         command = ["evaluate", models, f"--prompts={prompts}", "--no_score", "--batch=2"]
         assert main([*command, f"--out={out}"]) == 0
         drawn = [read_image(out / model / "00000.png") for model in ("named", "base")]
@@ -127,13 +136,13 @@ def test_runs_of_two_sizes_are_refused_in_a_line(run, prompts, tmp_path, refused
     assert not (tmp_path / "out").exists()
 
 
-def test_images_drawn_in_two_ways_are_not_scored_together(prompts, tmp_path, refused):
+def test_images_drawn_in_two_ways_are_not_scored_together(two_blocks, prompts, tmp_path, refused):
     out = tmp_path / "out"
     command = ["evaluate", f"--prompts={prompts}", f"--out={out}", "--batch=2"]
     for model, steps in (("a", "1"), ("b", "2")):
-        drawing = [f"--models={model}=embedded", f"--steps={steps}", "--no_score"]
+        drawing = [f"--models={model}={two_blocks}", f"--steps={steps}", "--no_score"]
         assert main([*command, *drawing]) == 0
-    scoring = ["--models=a=embedded,b=embedded", "--skip_generation", "--rewards=geneval"]
+    scoring = [f"--models=a={two_blocks},b={two_blocks}", "--skip_generation", "--rewards=geneval"]
     assert (
         "--skip_generation: expected images of all models drawn alike; received steps 1 of 'a' and "
         "2 of 'b'" in refused(*command, *scoring)

@@ -1,4 +1,4 @@
-"""`marble-jax sample` and `evaluate` on the shipped pipeline: resumable jobs, refusals, scores and the page."""
+"""`marble-jax sample` and `evaluate` on the shipped pipeline or part of it: resumable jobs, refusals, scores, page."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ GENEVAL = EMBEDDED / "prompts" / "geneval" / "test_metadata.jsonl"
 
 
 @pytest.fixture(scope="module")
-def lora(tmp_path_factory):
-    """A LoRA of the shipped transformer with both halves random, as diffusers and PEFT read it."""
+def lora(tmp_path_factory, two_blocks):
+    """A LoRA of the transformer with both halves random, as diffusers and PEFT read it."""
     folder = tmp_path_factory.mktemp("lora")
-    _, params = load_mmdit(EMBEDDED / "pipeline" / "transformer")
+    _, params = load_mmdit(two_blocks / "transformer")
     spec = adapters.LoraSpec(4, 8.0)
     adapter = adapters.init_adapter(jax.random.key(0), params, spec)
     adapter = jax.tree.map(
@@ -72,12 +72,12 @@ def prompts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sampled(tmp_path_factory, lora):
+def sampled(tmp_path_factory, two_blocks, lora):
     """Images with guidance and a negative prompt at 48 x 80, and the command that drew them."""
     out = tmp_path_factory.mktemp("sampled") / "images"
     command = [
         "sample",
-        "--model=embedded",
+        f"--model={two_blocks}",
         f"--lora={lora}:0.5",
         "--prompts=a red star|two blue circles|fog",
         "--images=2",
@@ -262,12 +262,12 @@ def test_embeddings_from_disk_draw_the_same_images(sampled, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory, lora, prompts):
+def evaluated(tmp_path_factory, two_blocks, lora, prompts):
     """Two models evaluated with the reward that needs no weights, and the command."""
     out = tmp_path_factory.mktemp("evaluated") / "out"
     command = [
         "evaluate",
-        f"--models=base=embedded,tuned=embedded+{lora}",
+        f"--models=base={two_blocks},tuned={two_blocks}+{lora}",
         f"--prompts={prompts}",
         "--rewards=geneval",
         f"--out={out}",
@@ -380,13 +380,15 @@ def test_missing_images_are_named(evaluated, refused, contents, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_another_evaluation_in_the_same_place_is_refused(evaluated, refused, contents, tmp_path):
+def test_another_evaluation_in_the_same_place_is_refused(
+    evaluated, two_blocks, refused, contents, tmp_path
+):
     out, command = evaluated
     before = contents(out)
     assert "holds an evaluation of other prompts" in refused(*command, "--num_prompts=3")
     assert "holds an evaluation of other prompts: line 2" in refused(*command, "--images=2")
     assert "expected the 'base' of" in refused(
-        *(a.replace("base=embedded", f"base={EMBEDDED / 'pipeline'}") for a in command)
+        *(a.replace(f"base={two_blocks}", "base=embedded") for a in command)
     )
     rewards = tmp_path / "rewards"
     rewards.mkdir()
@@ -549,7 +551,10 @@ def test_no_prompts():
 
 
 def test_images_of_a_prompt_are_compared_with_each_other(prompts, tmp_path, monkeypatch, capsys):
-    """Places of three images of a prompt (of six, where it is given twice) are 0, 1, 2 whatever the batch."""
+    """Places of three images of a prompt (of six, where it is given twice) are 0, 1, 2 whatever the batch.
+
+    Drawn with the shipped pipeline, called by its name.
+    """
     (tmp_path / "marble_test_places.py").write_text(
         "def places(images, prompt, metadata):\n"
         "    means = images.mean((1, 2, 3))\n"
