@@ -248,8 +248,8 @@ def all_rewards_are_there() -> bool:
 def finished(request, tmp_path_factory):
     """A run trained once: its workdir and its command.
 
-    "smoke" is the preset as it is; "brief" keeps the two rewards without weights and solves at every step, which leaves
-    one training program to compile instead of two.
+    "smoke" is the preset as it is; "brief" keeps the two rewards without weights and takes anchors at every
+    micro-batch, which leaves one loop to compile instead of two, with one block in its body.
     """
     workdir = tmp_path_factory.mktemp("runs") / request.param
     command = ["train", SMOKE, f"--workdir={workdir}"]
@@ -258,7 +258,8 @@ def finished(request, tmp_path_factory):
         command += [
             *HOST_ONLY,
             "--config.rewards.train=geneval,ocr",
-            "--config.harmonize.refresh_every=1",
+            "--config.harmonize.anchor_every=1",
+            "--config.model.unroll=1",
         ]
     elif not all_rewards_are_there():
         pytest.skip("the weights of a reward are not there")
