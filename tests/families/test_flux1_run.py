@@ -31,7 +31,7 @@ def get_config(preset=""):
     config.lora.update(rank=2, alpha=4.0)
     config.rollout.update(prompts_per_step=2, images_per_prompt=4, batch_size=8, num_steps=3)
     config.training.update(num_steps=2, micro_batch_size=8, timestep_fraction=0.7, learning_rate=3e-2)
-    config.harmonize.update(chunk_size=4, anchor_every=2)
+    config.harmonize.update(chunk_size=4, anchor_every=1)
     config.evaluation.update(num_prompts=4, num_steps=3, every_steps=0, num_images=2)
     config.checkpoints.every_steps = 1
     config.export.every_steps = 0
