@@ -11,7 +11,9 @@ import toy_policy as toy
 import marble_jax  # noqa: F401
 from marble_jax.harmonize.balancers import Fixed, Marble
 from marble_jax.objectives.advantage_shape import AdvantageShape
+from marble_jax.training import upstream_step as upstream
 from marble_jax.training.reward_schedule import Dropout
+from marble_jax.training.staged_step import SumLoop
 from marble_jax.training.step_schedule import make_steps
 from marble_jax.training.upstream_rules import PLAIN_RULES, UpstreamRules
 from marble_jax.training.upstream_step import upstream_step
@@ -292,19 +294,29 @@ def test_chances_of_dropout_are_those_of_the_warm_up_and_differ_between_timestep
         assert abs(np.mean(drops[:, 0] & drops[:, 2]) - chance**2) < 0.04
 
 
-@pytest.mark.parametrize("alpha", [(), (0.6, 0.1, 0.3)])
-def test_a_fixed_alpha_never_solves(alpha):
+def test_a_fixed_alpha_never_solves():
+    """Not in the first step either, which solves at every micro-batch where alpha is not fixed."""
+    alpha = (0.6, 0.1, 0.3)
     state, batch = toy.new_state(), toy.new_batch()
     twin = torch_twin.Twin(state, toy.recipe())
     part = torch_twin.joined(twin.draws(state, batch))
-    shares = alpha or (1 / 3,) * 3
-    twin.finish(_combined(twin, part, shares))
-    for solved in ("all",) if alpha else ("all", "first"):
-        step = _step(solved, balancer=Fixed(alpha))
-        after, metrics = step(state, toy.base_params(), batch)
-        np.testing.assert_allclose(after.alpha.alpha, shares, rtol=1e-6)
-        assert float(metrics["harmonize/refreshed"]) == 0
-        _assert_same(after, twin)
+    twin.finish(_combined(twin, part, alpha))
+    after, metrics = _step("all", balancer=Fixed(alpha))(state, toy.base_params(), batch)
+    np.testing.assert_allclose(after.alpha.alpha, alpha, rtol=1e-6)
+    assert float(metrics["harmonize/refreshed"]) == 0
+    _assert_same(after, twin)
+
+
+def test_equal_shares_are_a_fixed_alpha():
+    """One loop under the combined advantage, whatever would be solved for otherwise."""
+    found = upstream._fixed_alpha(Fixed(), toy.new_state().alpha)
+    np.testing.assert_allclose(found.alpha, (1 / 3,) * 3, rtol=1e-6)
+    assert bool(found.solved)
+    for solved in ("all", "first"):
+        recipe = toy.recipe(balancer=Fixed())
+        step = upstream_step(recipe, toy.velocity, toy.optimizer(), solved)
+        (loop,) = step.loops(UNITS)
+        assert isinstance(loop, SumLoop)
 
 
 def test_a_scalarized_advantage_is_trained_on_at_all_samples():
