@@ -113,8 +113,9 @@ class MicroBatches:
 
     def zero_sums(self) -> RewardSums:
         """What `reward_sums` of micro-batches are added to, device by device."""
+        objective = self._objective
         num_objectives = self.batch.advantages.shape[-1]
-        zeros = zero_sums(self._adapter, num_objectives, self._objective.reports)
+        zeros = zero_sums(self._adapter, num_objectives, objective.reports, objective.clips)
         return self._shards.zeros_like(zeros)
 
     def combined_gradient(

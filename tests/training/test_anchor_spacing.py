@@ -57,8 +57,8 @@ def test_every_micro_batch_is_as_likely_and_every_slice_as_often(num_timesteps, 
         times[places] += 1
         of_slices = np.bincount(places % num_slices, minlength=num_slices)
         of_timesteps = np.bincount(places // num_slices, minlength=num_timesteps)
-        for numbers in (of_slices, of_timesteps):
-            assert numbers.max() - numbers.min() <= 1
+        for often in (of_slices, of_timesteps):
+            assert often.max() - often.min() <= 1
     assert set(times) == {count}
 
 
