@@ -99,7 +99,10 @@ def ways(problem: Problem) -> dict[str, Callable[[], object]]:
 
     def in_groups(seconds: float, own: TrainState, params: Any, batch: RolloutBatch) -> Any:
         grouped_step.GROUP_SECONDS = seconds
-        return grouped(own, params, batch)
+        try:
+            return grouped(own, params, batch)
+        finally:
+            grouped_step.GROUP_SECONDS = usual
 
     usual = grouped_step.GROUP_SECONDS
     drivers = {

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import jax
 import numpy as np
+import pytest
 
 from tools import grouping
 from tools.benchmark.sizes import SIZES, make_problem
 
 
+@pytest.mark.slow
 def test_all_ways_are_the_same_step():
     ways = grouping.ways(make_problem(SIZES["tiny"]()))
     states = {name: run()[0] for name, run in ways.items()}
