@@ -102,8 +102,13 @@ def accumulate(
         pulled = jax.vmap(pull_back)(samples)
         return _chunk_sums(objective, pulled, chunk_advantages, chunk_valid, anchors, anchor_scale)
 
-    zeros = zero_sums(adapter, num_rewards, objective.reports, objective.clips)
+    zeros = zeros_for(objective, adapter, num_rewards)
     return sum_over_chunks(chunk_sums, (batch, advantages, valid), zeros, chunk_size)
+
+
+def zeros_for(objective: Objective, adapter: Adapter, num_rewards: int) -> RewardSums:
+    """What the sums of `accumulate` are added to; arguments as there."""
+    return zero_sums(adapter, num_rewards, objective.reports, objective.clips)
 
 
 def _sample_pull_backs(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from marble_jax.distributed.accelerators import Accelerator
 from marble_jax.plan.hidden_transfers import HiddenTransfers, Need, is_transfer
@@ -169,6 +169,14 @@ def roofline(text: str, accelerator: Accelerator) -> Roofline:
     return Roofline(tuple(ordered), accelerator)
 
 
+class _Asked(NamedTuple):
+    """What one run of an instruction asks for: FLOPs of its products, bytes that it moves, and seconds of both."""
+
+    flops: float
+    bytes: float
+    need: Need
+
+
 class _Work:
     """What instructions of a program ask of a device.
 
@@ -181,32 +189,36 @@ class _Work:
         self._program, self._types = program, program.types()
         self._traffic = Traffic(program, accelerator.backend)
         self._accelerator = accelerator
-        self._needs: dict[str, Need] = {}
+        self._asked: dict[str, _Asked] = {}
 
     def need(self, instruction: Instruction) -> Need:
         """Seconds of one run of an instruction."""
-        known = self._needs.get(instruction.name)
+        return self._of(instruction).need
+
+    def _of(self, instruction: Instruction) -> _Asked:
+        known = self._asked.get(instruction.name)
         if known is None:
             device = self._accelerator
             by_rate = _flops(instruction, self._program, self._types)
+            moved = self._traffic.moved(instruction)
             computing = sum(flops / device.rates[name] for name, flops in by_rate.items())
-            known = Need(computing, self._traffic.moved(instruction) / device.bandwidth)
-            self._needs[instruction.name] = known
+            need = Need(computing, moved / device.bandwidth)
+            known = _Asked(sum(by_rate.values()), moved, need)
+            self._asked[instruction.name] = known
         return known
 
     def cost(self, instruction: Instruction, times: int, seconds: float) -> Cost:
         """The cost of an instruction that runs so many times and takes so long in each."""
-        need = self.need(instruction)
-        flops = sum(_flops(instruction, self._program, self._types).values())
+        asked = self._of(instruction)
         return Cost(
             name=instruction.name,
-            source=source_of(instruction, self._program, flops),
+            source=source_of(instruction, self._program, asked.flops),
             origin=origin_of(instruction.arguments),
             times=times,
-            flops=times * flops,
-            bytes=times * self._traffic.moved(instruction),
+            flops=times * asked.flops,
+            bytes=times * asked.bytes,
             seconds=times * seconds,
-            bound="compute" if need.computing >= need.moving else "memory",
+            bound="compute" if asked.need.computing >= asked.need.moving else "memory",
         )
 
 

@@ -10,8 +10,8 @@ import jax
 from jaxtyping import Array, Float
 
 from marble_jax import tree
-from marble_jax.harmonize.reward_gradients import accumulate, combined_gradient
-from marble_jax.harmonize.reward_sums import RewardSums, zero_sums
+from marble_jax.harmonize.reward_gradients import accumulate, combined_gradient, zeros_for
+from marble_jax.harmonize.reward_sums import RewardSums
 from marble_jax.training.anchor_spacing import anchored_first
 from marble_jax.training.micro_batches import (
     MicroBatch,
@@ -113,10 +113,8 @@ class MicroBatches:
 
     def zero_sums(self) -> RewardSums:
         """What `reward_sums` of micro-batches are added to, device by device."""
-        objective = self._objective
         num_objectives = self.batch.advantages.shape[-1]
-        zeros = zero_sums(self._adapter, num_objectives, objective.reports, objective.clips)
-        return self._shards.zeros_like(zeros)
+        return self._shards.zeros_like(zeros_for(self._objective, self._adapter, num_objectives))
 
     def combined_gradient(
         self,

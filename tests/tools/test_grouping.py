@@ -26,8 +26,7 @@ def test_all_ways_are_the_same_step():
 
 
 def test_a_size_for_gpus_is_no_choice(capsys):
-    try:
+    with pytest.raises(SystemExit) as end:
         grouping.main(["--size=sd35m"])
-    except SystemExit as end:
-        assert end.code == 2
+    assert end.value.code == 2
     assert "invalid choice: 'sd35m'" in capsys.readouterr().err

@@ -198,6 +198,11 @@ def joint_sets(found: Sequence[Row]) -> list[str]:
     return [which for which in SETS if any(np.isfinite(row.joint[which]).any() for row in found)]
 
 
+def _has_set(row: Row, which: str, trained: Sequence[str]) -> bool:
+    """Whether a method's set of rewards is that of a method with these: one that trains on fewer has an easier one."""
+    return which == "all" or row.trained == tuple(trained)
+
+
 def verdict(row: Row, rewards: Sequence[str], names: Sequence[str]) -> tuple[str, str]:
     """In how many seeds all rewards have gone up, and in how many that is clear within the run."""
     index = [names.index(name) for name in rewards]
@@ -251,10 +256,7 @@ def gains_table(found: Sequence[Row], names: Sequence[str]) -> list[str]:
                 shown(middle, half, 2),
                 *verdict(row, rewards, names),
                 *(
-                    # A method that trains on fewer rewards has another, easier set.
-                    "-"
-                    if which == "trained" and row.trained != rewards
-                    else joint_cell(row.joint[which])
+                    joint_cell(row.joint[which]) if _has_set(row, which, rewards) else "-"
                     for which in sets
                 ),
                 f"{100 * conflict:.0f} %" if np.isfinite(conflict) else "-",
@@ -278,7 +280,7 @@ def differences_table(found: Sequence[Row], names: Sequence[str]) -> list[str]:
             for which in sets:
                 # Above minus below: what remains of both is not chance.
                 net, net_of_first = (r.joint[which] @ [1, -1] for r in (row, first))
-                comparable = which == "all" or row.trained == first.trained
+                comparable = _has_set(row, which, first.trained)
                 points = 100 * (net[own] - net_of_first[other]) if comparable else np.array([])
                 cells.append(shown(*t_interval(points), 1))
             body.append([row.title, *cells])
@@ -314,9 +316,6 @@ def equal_cost_table(
         up = np.all(gains[:, [names.index(name) for name in row.trained]] > 0, axis=1)
         means.append(gains.mean(axis=0))
         joint = {which: np.array([_joint_at(point, which) for point in points]) for which in sets}
-        if row.trained != rewards:
-            # Another, easier set.
-            joint["trained"] = np.full((len(points), 2), np.nan)
         body.append(
             [
                 row.title,
@@ -325,7 +324,10 @@ def equal_cost_table(
                 f"{100 * np.mean([point.cost for point in points]) / limit:.0f} %",
                 *(shown(*t_interval(gains[:, c])) for c in range(len(names))),
                 f"{up.sum()}/{len(up)}",
-                *(joint_cell(joint[which]) for which in sets),
+                *(
+                    joint_cell(joint[which]) if _has_set(row, which, rewards) else "-"
+                    for which in sets
+                ),
             ]
         )
     if len(body) < 2 or all_whole:
